@@ -32,11 +32,6 @@ THEIR_TOOL = {
 
 
 @pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
 def running(llm: Llama4) -> Iterator[Running]:
     server = Running(llm, Settings("tiny", api_key="secret"))
     server.client.headers["x-api-key"] = "secret"

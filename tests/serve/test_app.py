@@ -35,11 +35,6 @@ PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
 
 
 @pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
 def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("media")
     for name in ("inside.png", "in side.png"):

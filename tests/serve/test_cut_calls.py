@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ pytest.importorskip("starlette")
 pytest.importorskip("llguidance")
 
 from llama4 import Llama4  # noqa: E402
-from llama4.serve.settings import Settings  # noqa: E402
 from llama4.text.tool_calls import CutCall, ToolCall, WholeCallReader  # noqa: E402
 from tests.serve.running import QUESTION, Running  # noqa: E402
 
@@ -29,18 +27,6 @@ MESSAGE = {
     "tools": [{"name": "count", "input_schema": PARAMETERS}],
     "tool_choice": {"type": "any"},
 }
-
-
-@pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
-def running(llm: Llama4) -> Iterator[Running]:
-    server = Running(llm, Settings("tiny"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

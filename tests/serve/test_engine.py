@@ -25,11 +25,6 @@ from llama4.serve.mailbox import Mailbox
 QUESTIONS = ["What can you do?", "How many circles are there?", "What is 3 + 4?", "Say hello."]
 
 
-@pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
 @pytest.fixture
 def engine(llm: Llama4) -> Iterator[Engine]:
     with Engine(llm, cache_memory="64MiB") as engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +9,6 @@ import pytest
 pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
-from llama4 import Llama4
-from llama4.serve.settings import Settings
 from tests.serve.running import QUESTION, Running, until
 
 BAD = "data:image/png;base64,AAAA"
@@ -24,13 +21,6 @@ EMPTY = {"role": "user", "content": " "}
 LONG = "word " * 40000
 UNHELD = {"type": "array", "uniqueItems": True}
 CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    server = Running(Llama4.from_pretrained("tiny", progress=False), Settings("tiny"))
-    yield server
-    server.close()
 
 
 def user(*parts: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
-from llama4 import Llama4  # noqa: E402
-from llama4.serve.settings import Settings  # noqa: E402
 from tests.serve.running import QUESTION, Running  # noqa: E402
 
 PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}}
@@ -36,13 +33,6 @@ ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/v1/responses": (RESPONSE, {"parallel_tool_calls": False}),
     "/v1/messages": (MESSAGE, {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
 }
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    server = Running(Llama4.from_pretrained("tiny", progress=False), Settings("tiny"))
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("route", ONE)

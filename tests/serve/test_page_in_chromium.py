@@ -78,13 +78,6 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    server = Running(Llama4.from_pretrained("tiny", progress=False), Settings("tiny"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
     server = Running(Llama4.from_pretrained("tiny", progress=False), Settings("tiny", api_key="secret"))
     yield server

@@ -58,11 +58,6 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
 def running(llm: Llama4) -> Iterator[Running]:
     server = Running(llm, Settings("tiny"), cache_memory="64MiB")
     yield server

@@ -43,11 +43,6 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
 def running(llm: Llama4, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     server = Running(llm, Settings("tiny", store=tmp_path_factory.mktemp("store") / "responses.db"))
     yield server

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,6 @@ from tests.serve.running import FOREVER, QUESTION, Running, until  # noqa: E402
 CHAT = "/v1/chat/completions"
 OPEN_ROUTES = {"/", "/health", "/ready", "/version", "/metrics"}
 PICTURE = Path(__file__).parents[2] / "examples" / "shapes.png"
-
-
-@pytest.fixture(scope="module")
-def llm() -> Llama4:
-    return Llama4.from_pretrained("tiny", progress=False)
-
-
-@pytest.fixture(scope="module")
-def running(llm: Llama4) -> Iterator[Running]:
-    server = Running(llm, Settings("tiny"))
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(
